@@ -29,7 +29,7 @@ SCHEMA = 1
 OPERATORS, DEPTH = ("MAX", "MIN"), 2  # the demo's task
 DATA_SEED = 0  # of the expressions; a run's own seed selects its part of them and its initial values
 ASLEEP = 1e-3  # a layer does nothing if its median ‖δ‖/‖h‖ is below
-_DRAWS = 100  # the most draws for each expression that is wanted
+_REPEATS = 20_000  # after so many draws in a row without a new one, few more short expressions are expected
 _MEASURED = 32  # number of prompts for the size of the shifts, and of the stream
 
 
@@ -124,15 +124,17 @@ def draw(settings: Settings) -> tuple[list[Any], list[Any], list[list[Any]]]:
 
     size = settings.steps * settings.batch_size
     count = settings.validated + settings.tested + settings.seeds * size
-    rng, found = random.Random(DATA_SEED), {}
-    for _ in range(_DRAWS * count):
-        expression = generate(rng, OPERATORS, DEPTH)
+    rng, found, repeats = random.Random(DATA_SEED), {}, 0
+    while len(found) < count:
+        expression, before = generate(rng, OPERATORS, DEPTH), len(found)
         if count_digits(expression) <= settings.digits:
             found[expression] = None
-        if len(found) == count:
-            break
-    else:
-        raise ValueError(f"{count} expressions of {settings.digits} digits were requested; expected a smaller number")
+        repeats = repeats + 1 if len(found) == before else 0
+        if repeats == _REPEATS:
+            raise ValueError(
+                f"{count} expressions of at most {settings.digits} digits were requested, but there are few more than "
+                f"{len(found)}; expected a smaller number"
+            )
     short = list(found)
     held_out = settings.validated + settings.tested
     starts = [held_out + seed * size for seed in range(settings.seeds)]

@@ -50,8 +50,9 @@ def test_study_expressions_are_short_and_none_occurs_twice():
     every = [*validation, *tested, *parts[0], *parts[1]]
     assert len(set(every)) == len(every) and {count_digits(expression) for expression in every} <= {2, 3}
     impossible = dataclasses.replace(SETTINGS, tested=300, digits=2)  # of two digits there are 200
-    with refused(ValueError, "expected a smaller number"):
-        study.draw(impossible)
+    for settings in (impossible, dataclasses.replace(SETTINGS, steps=10**9)):  # and of three some 8000
+        with refused(ValueError, "few more than", "expected a smaller number"):
+            study.draw(settings)
 
 
 @pytest.mark.parametrize("name", study.FORMS)
