@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.files import AdapterFile, read_adapter
 from ..adapters.parameters import DOWN, UP, UP_BIAS, Place, steered
+from ..adapters.weights import tensors_digest
 from .inspect import core_of
 
 if TYPE_CHECKING:
@@ -87,13 +88,8 @@ def compare(first: str, second: str) -> Comparison:
 
 
 def _same(one: AdapterFile, other: AdapterFile) -> bool:
-    if one.config != other.config or one.tensors.keys() != other.tensors.keys():
-        return False
-    return all(
-        torch.equal(tensor, other.tensors[place][name])
-        for place, named in one.tensors.items()
-        for name, tensor in named.items()
-    )
+    # By bytes: torch.equal takes 0.0 for -0.0, and a bfloat16 for a float32 of the same value.
+    return one.config == other.config and tensors_digest(one.tensors) == tensors_digest(other.tensors)
 
 
 def _compared(place: Place, one: AdapterFile, other: AdapterFile) -> PlaceComparison:

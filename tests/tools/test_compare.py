@@ -81,6 +81,17 @@ def test_compare_the_same_and_the_opposite(saved):
     assert not other.same and not other.differences
 
 
+def test_compare_tells_bits_apart(tmp_path):
+    """A zero from a negative one, and a dtype from a wider one that holds the same values."""
+    for name, change in (("a", lambda up: up), ("b", torch.neg), ("c", Tensor.bfloat16)):
+        model = patch_model(build(), SteerConfig(rank=1, init_scale=0))
+        for parameter in model.steering.parameters():
+            parameter.data = change(parameter.data)
+        model.steering.save(tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert compare(a, a).same and not compare(a, b).same and not compare(a, c).same
+
+
 def test_compare_a_fresh_adapter_has_no_angle(saved, tmp_path):
     patch_model(build(), SteerConfig(rank=3)).steering.save(tmp_path / "fresh")
     [first, *_] = compare(str(tmp_path / "fresh"), saved("a", rank=3)).places
