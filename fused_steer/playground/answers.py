@@ -128,25 +128,36 @@ def answers(
 
 @dataclass
 class _Row:
-    """One row of the batch: the token ids so far, and their shifts as far as they are known."""
+    """One row of the batch: the token ids so far, and their shifts as far as they are known.
+
+    `read` is the number of tokens whose characters are complete, and `start` that number at the time before.
+    """
 
     variant: Variant
     ids: list[int]
     texts: list[str]
     prompt: int
     shifts: list[float | None] = field(default_factory=list)
-    decoded: str = ""
+    start: int = 0
+    read: int = 0
     done: bool = False
 
     def put(self, token: int, tokenizer: Any) -> None:
-        """Add a token. Its text is what it adds to the text before it."""
+        """Add a token. Its text is what it adds to the text before it.
+
+        The text before is that of the last tokens: to decode all for each token would take long for a long prompt.
+        Without any, a tokenizer would leave out a space at the beginning.
+        """
         self.ids.append(token)
-        text = tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
+        before, text = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in (self.ids[self.start : self.read], self.ids[self.start :])
+        )
         if text.endswith("\ufffd"):  # part of a character
             self.texts.append("")
             return
-        self.texts.append(text[len(self.decoded) :])
-        self.decoded = text
+        self.texts.append(text[len(before) :])
+        self.start, self.read = self.read, len(self.ids)
 
     def answer(self) -> Answer:
         shifts = self.shifts + [None] * (len(self.ids) - len(self.shifts))

@@ -7,12 +7,15 @@ import pytest
 import torch
 from models import build, randomize
 from text import tokenizer as joined_by_spaces
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import write_adapter
 from fused_steer.diagnostics import diagnose
 from fused_steer.playground import Variant, adapter_of, answers, request_body
+from fused_steer.playground.answers import _Row
 from fused_steer.serving.options import read_options
 
 PROMPT = "a steered model"
@@ -49,6 +52,27 @@ def greedy(model, adapter=None, scale=None, positions=None, tokens=6):
     with model.steering.batch([adapter], scale=scale, positions=positions):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     return words.decode(found[0])[len(words.decode(ids[0])) :]
+
+
+def test_answers_texts_of_tokens_decode_a_few_at_a_time():
+    """The whole text was decoded for each token. Characters of several tokens, and spaces between words, stay right."""
+    bytes_of = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model = Tokenizer(BPE({**bytes_of, "▁a": 256, "b": 257}, [], byte_fallback=True))
+    joined = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(joined)  # as Llama's, which leaves out the first space
+    words, most = PreTrainedTokenizerFast(tokenizer_object=model), 0
+
+    class Counting:
+        def decode(self, ids, **options):
+            nonlocal most
+            most = max(most, len(ids))
+            return words.decode(ids, **options)
+
+    row = _Row(Variant("base"), [], [], 0)
+    for token in (256, 256, *"é🎉".encode(), 257, 256, *"日".encode(), 256) * 3:
+        row.put(token, Counting())
+    assert row.texts[:9] == ["a", " a", "", "é", "", "", "", "🎉", "b"]
+    assert "".join(row.texts) == words.decode(row.ids) and most <= 6
 
 
 def test_answers_end_at_the_positions_of_the_model():
