@@ -139,6 +139,21 @@ def test_eval_the_harnesss_own_model(table, arguments, adapter):
 
 
 @needs_harness
+def test_eval_the_harnesss_model_of_another_name(place, tmp_path):
+    """There was no `check_base`, as the commands have it."""
+    from fused_steer.evaluation.harness import SteeredLM
+
+    other = str(shutil.copytree(place / "base", tmp_path / "other"))
+    given = {"adapter": str(place / "one"), "device": "cpu"}
+    with refused(ValueError, "base", "check_base=False"):
+        SteeredLM(other, **given)
+    with refused(TypeError, "check_base is 'no'; expected True or False"):
+        SteeredLM(other, check_base="no", **given)
+    model = SteeredLM.create_from_arg_string(f"pretrained={other},adapter={place / 'one'},check_base=False,device=cpu")
+    assert model.model.steering.active == "adapter"
+
+
+@needs_harness
 def test_eval_the_harnesss_model_refuses_before_it_loads(table, monkeypatch):
     place, _ = table
     from fused_steer.evaluation.harness import SteeredLM
