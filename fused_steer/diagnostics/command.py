@@ -12,6 +12,7 @@ import torch
 from ..adapters.files import read_adapter
 from ..adapters.saving import check_output
 from ..joint import find_joint, load_joint
+from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts
 from ..tools.sources import note_parts
@@ -61,15 +62,15 @@ class DiagnoseOptions:
 
 
 def _load(options: DiagnoseOptions, device: torch.device) -> tuple[Any, Any]:
-    """Load the adapted model and its tokenizer. Adapter files are checked before the model is loaded."""
+    """Load the adapted model and its tokenizer. Before weights are read, the adapter is checked against the config."""
     from ..tools.demo import load_model
 
-    if options.joint is not None:
-        read_adapter(find_joint(options.joint)[0])
-    elif options.adapter is not None:
-        read_adapter(options.adapter)
-        if options.lora is None:
-            note_parts(options.adapter)
+    steering = options.adapter if options.joint is None else find_joint(options.joint)[0]
+    layout = None if options.model is None else find_decoder(meta_model(options.model)).layout
+    assert steering is not None  # one of them is given
+    read_adapter(steering, layout, check_base=options.check_base and layout is not None)
+    if options.adapter is not None and options.lora is None:
+        note_parts(options.adapter)
     if options.lora is not None:
         from peft import PeftConfig, PeftModel
 

@@ -23,7 +23,7 @@ from ..kernels import ACTIVATIONS
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
 from ..tools.prompts import encode, read_prompts, refuse_long_texts
-from ..tools.sources import note_parts, parts_of
+from ..tools.sources import check_parts, note_parts, parts_of
 from ..tools.variants import Variants
 from .fitting import Fit, check_config, check_decoders, check_positions, check_ridge, check_site, fit, fit_within
 from .next_token import Divergence, divergence
@@ -194,6 +194,8 @@ def run(options: FitOptions, console: Console) -> None:
     if kind == PEFT_TYPE:
         steering = read_adapter(options.tuned, plan.layout, check_base=options.check_base)
         check_positions(options.tuned, steering.config)
+    if kind == JOINT:
+        check_parts(parts_of(options.tuned), plan.layout, options.check_base)
     if kind is None:
         check_decoders(plan, find_decoder(meta_model(options.tuned)))
     base, tokenizer = load_model(options.base, device)

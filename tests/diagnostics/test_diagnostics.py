@@ -720,3 +720,7 @@ def test_diagnostics_the_prompts_are_checked_before_the_model_is_loaded(place, t
     assert_refused(invoke("diagnose", place / "model", *bad), "no file")
     bad = ("--adapter", place / "lora", "--prompts", place / "prompts.txt")
     assert_refused(invoke("diagnose", place / "model", *bad), "adapter_config.json cannot be loaded")
+    build(num_hidden_layers=2).save_pretrained(tmp_path / "model")  # the adapters do not fit it
+    for given in (("--adapter", place / "adapter"), ("--joint", place / "joint")):
+        bad = (*given, "--prompts", place / "prompts.txt", "--no-check-base")
+        assert_refused(invoke("diagnose", tmp_path / "model", *bad), "3", "expected", "2")

@@ -205,6 +205,8 @@ def test_fit_command_refusals(place, tmp_path, monkeypatch):
             refuses(f"ridge is {float(ridge)}", more=("--ridge", ridge))
         refuses("has positions 'generated'; expected 'all': a fitted adapter has no others", tuned="generated")
         refuses("is steered; expected 'post_block'", tuned="generated", more=("--site", "post_mlp"))
+        words = (folder / "short" if word == folder / "base" else word for word in arguments(folder, out, "joint"))
+        assert_refused(invoke(*words), f"is for a model of number of layers {LAYERS}; expected 2")
     refuses("held out is 1.0", more=("--held-out", 1))
     refuses("site is 'mlp'; expected one of", more=("--site", "mlp"))
     refuses("activation is 'swish'; expected one of", more=("--activation", "swish"))
