@@ -98,6 +98,9 @@ class Link:
         self.reason = ""
         self.graph = Graph()
         self._owner, _, self._leaf = (kind.weight or "").rpartition(".")
+        # What its forward may read beside the weight: its eps, whatever the name. None is nn.RMSNorm's default.
+        numbers = (float, type(None))
+        self._numbers = tuple(one for one in vars(norm).items() if one[0][0] != "_" and type(one[1]) in numbers)
         self._latest = kind.norm(None)  # the norm of the last call, made again only for another weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link | None:
@@ -135,8 +138,18 @@ class Link:
         # FSDP1 puts a tensor in the parameter's place for a pass. A parametrized or pruned weight is computed.
         return getattr(owner, self._leaf)
 
+    def _has_other_numbers(self, norm: nn.Module) -> bool:
+        own = norm.__dict__
+        for name, value in self._numbers:
+            if own.get(name) != value:
+                return True
+        return False
+
     def norm_for(self, x: Tensor, norm: nn.Module) -> Norm | None:
         """Return the norm to be computed for x, or None with `reason` set."""
+        if self._has_other_numbers(norm):
+            self.reason = f"the eps of its {self.base.__name__} was changed since"
+            return None
         weight = self.weight_of(norm)
         if weight is not None:
             if not _has_values(weight) or weight.device != x.device:
@@ -173,6 +186,8 @@ class Link:
     def norm_in_graph(self, residual: Tensor, branch: Tensor | None) -> Norm | None:
         """Return the norm that a site computes in a graph of the whole decoder, or None."""
         if not self.graph.open or "forward" in self.norm.__dict__ or is_transformed():
+            return None
+        if self._has_other_numbers(self.norm):
             return None
         if branch is not None and branch.dtype != residual.dtype:
             return None

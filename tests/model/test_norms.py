@@ -651,6 +651,21 @@ def test_norms_whose_weight_is_no_parameter_are_right(change, grad):
         assert_close(model(tokens()).logits, other(tokens()).logits)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_norms_whose_eps_is_changed_are_the_models_own(compiled):
+    """The eps at the time of the patch was used for good."""
+    model, base, _ = fused()
+    other = unfused(model, base)
+    run = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        assert_close(run(tokens()).logits, other(tokens()).logits)
+        for network in (model, other):
+            network.model.layers[1].input_layernorm.variance_epsilon = 0.5
+        assert_close(run(tokens()).logits, other(tokens()).logits)
+    if not compiled:
+        assert norms(model) == ["the eps of its LlamaRMSNorm was changed since", "fused", "fused"]
+
+
 def test_norms_a_replaced_norm_is_right():
     model, base, _ = fused()
     other = unfused(model, base)
