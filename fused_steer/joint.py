@@ -103,8 +103,8 @@ def save_joint(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model is not steered or carries no LoRA, FSDP or ZeRO has sharded it, a part cannot be written,
-            the path is empty (see `target_folder`), the directory holds an adapter that is no part of such a save, or
-            the name of a LoRA is not valid for a folder.
+            the path is empty (see `target_folder`), the directory holds an adapter that is no part of such a save, the
+            name of a LoRA is not valid for a folder, or a LoRA on embeddings or the head is merged into the weights.
         NotADirectoryError: `directory` is a file.
     """
     steering = steering_of(model)
@@ -150,6 +150,14 @@ def _write_lora(folder: Path, inner: nn.Module, name: str, config: Any) -> None:
     folder.mkdir()
     # Named as in a model wrapped by PEFT, because PEFT ignores other names when loading.
     tensors = get_peft_model_state_dict(inner, adapter_name=name)
+    # PEFT saves the base's weight beside a LoRA on embeddings or on the head. Loading would add a merged LoRA again.
+    merged = next((path for path, layer in lora_layers(inner).items() if getattr(layer, "merged", False)), None)
+    own = next((key for key in tensors if ".base_layer." in key), None)
+    if merged is not None and own is not None:
+        raise ValueError(
+            f"the LoRA is merged into the weights of {merged}, and PEFT saves {own} with it, to which loading would "
+            "add it again; expected model.unmerge_adapter() before"
+        )
     named = {PEFT_PREFIX + unwrapped(key): tensor.contiguous() for key, tensor in tensors.items()}
     write_new(folder / WEIGHTS_NAME, save(named))
     config.save_pretrained(folder)

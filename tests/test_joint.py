@@ -135,6 +135,20 @@ def test_joint_steering_is_not_saved_over_lora(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_joint_merged_lora_on_embeddings_is_not_saved(target, tmp_path):
+    """PEFT saves the merged weight with it, and loading applied the LoRA twice."""
+    wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj", target], init_lora_weights=False))
+    model = patch_model(wrapped, SteerConfig(rank=2)).eval()
+    before = logits(model)
+    save_joint(model, tmp_path / "apart")
+    assert torch.equal(logits(load_joint(build(), tmp_path / "apart").eval()), before)
+    wrapped.merge_adapter()
+    with refused(ValueError, "is merged into the weights", target, "expected model.unmerge_adapter()", model=model):
+        save_joint(model, tmp_path / "merged")
+    assert os.listdir(tmp_path) == ["apart"]
+
+
 def test_joint_several_lora_adapters_together(tmp_path):
     model = build()
     wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
