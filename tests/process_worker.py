@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from fused_steer import SteerConfig, SteeringCallback, patch_model, save_joint
+from fused_steer.peft import PostBlockConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
 CONFIG = SteerConfig(rank=4, down_bias=True, up_bias=True)
@@ -340,6 +341,12 @@ def joint(directory: Path) -> None:
         result["lora"] = attempt_training()
     with model.steering.mode("steering"):  # the LoRA does not train
         result["steering"] = attempt_training()
+    model = get_peft_model(build(), PostBlockConfig(r=2))
+    model.add_adapter("another", PostBlockConfig(r=2))
+    wrapped = DistributedDataParallel(model).train()
+    result["peft before"] = attempt_training()
+    model.set_adapter("another")
+    result["peft"] = attempt_training()
     write(directory, "not-averaged", result, {})
 
     model = with_lora()

@@ -98,28 +98,57 @@ def check_averaged(
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None:
         return
-    found = _averaged.get(ddp)
-    if found is None:
-        buckets = ddp.reducer._get_zeros_like_grad_buckets()
-        found = _averaged[ddp] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
-    left = {id(parameter) for parameter in _trained(ddp.module)} - found
+    left = {id(parameter) for parameter in _trained(ddp.module)} - _averaged_by(ddp)
     if not left:
         return
     own = {id(parameter) for parameter in steering()}
     of_peft = {id(parameter) for parameter in others(ddp.module)}
     left &= of_peft if name is None else own | of_peft
-    left_out = ddp.parameters_to_ignore  # by the user, who averages them otherwise
-    for path, parameter in ddp.module.named_parameters():
-        if id(parameter) not in left or path in left_out:
-            continue
+    for path, parameter in _not_ignored(ddp, left):
         if id(parameter) in own:
-            what, after = f"adapter {name!r} was not in use", f"steering.use({name!r})"
-        else:
-            what, after = f"{path} did not train", "PEFT's set_adapter or enable_adapters"
-        raise RuntimeError(
-            f"{what} when DistributedDataParallel wrapped the model, so its gradients would not be averaged over the "
-            f"processes; expected the model to be wrapped (again) after {after}"
-        )
+            raise _not_averaged(f"adapter {name!r} was not in use", f"steering.use({name!r})")
+        raise _not_averaged(f"{path} did not train", _BY_PEFT)
+
+
+def check_averaged_in(site: nn.Module) -> None:
+    """`check_averaged` of a site whose adapters PEFT manages, in the site's own call.
+
+    Raises:
+        RuntimeError: an adapter that trains did not train when DDP wrapped the model.
+    """
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    left = {id(parameter) for parameter in site.parameters() if parameter.requires_grad} - _averaged_by(ddp)
+    for path, _ in _not_ignored(ddp, left):
+        raise _not_averaged(f"{path} did not train", _BY_PEFT)
+
+
+_BY_PEFT = "PEFT's set_adapter or enable_adapters"
+
+
+def _averaged_by(ddp: Any) -> frozenset[int]:
+    """Return the ids of the parameters whose gradients a DistributedDataParallel averages."""
+    found = _averaged.get(ddp)
+    if found is None:
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        found = _averaged[ddp] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
+    return found
+
+
+def _not_ignored(ddp: Any, left: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with these ids, but those that the user told DDP to ignore, and averages otherwise."""
+    if left:
+        for path, parameter in ddp.module.named_parameters():
+            if id(parameter) in left and path not in ddp.parameters_to_ignore:
+                yield path, parameter
+
+
+def _not_averaged(what: str, after: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} when DistributedDataParallel wrapped the model, so its gradients would not be averaged over the "
+        f"processes; expected the model to be wrapped (again) after {after}"
+    )
 
 
 def _trained(module: nn.Module) -> Iterator[nn.Parameter]:

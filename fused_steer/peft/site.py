@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
+from ..adapters.distributed import check_averaged_in
 from ..adapters.factors import Adapter
 from ..adapters.parameters import SITE
 from ..config import SteerConfig
@@ -74,6 +75,8 @@ class PeftSite(Site, BaseTunerLayer):
         except TraceError:
             refuse_symbols(residual)
             raise
+        if torch.is_grad_enabled():
+            check_averaged_in(self)
         if self.mixed is not None and not self.disable_adapters:
             return self.mixed.steer(self.place, residual, branch)
         return self.in_graph(residual, branch)

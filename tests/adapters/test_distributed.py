@@ -286,8 +286,9 @@ def test_distributed_joint_orth_under_ddp(folder, single_joint, lora_in_parts, r
 
 def test_distributed_a_lora_that_ddp_would_not_average_is_refused(folder):
     for result in read(folder("joint"), "not-averaged")[0]:
-        assert result["before"] == result["steering"] == ""
-        assert result["after"] == result["lora"]
+        assert result["before"] == result["steering"] == result["peft before"] == ""
+        lora, steering = "mlp.down_proj.lora_A", "post_block.steer_down"  # PEFT's own method of steering
+        assert result["after"] == result["lora"] == result["peft"].replace(steering, lora)
         assert result["after"] == (
             "RuntimeError: base_model.model.model.layers.0.mlp.down_proj.lora_A.another.weight did not train when "
             "DistributedDataParallel wrapped the model, so its gradients would not be averaged over the processes; "
