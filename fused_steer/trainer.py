@@ -28,6 +28,7 @@ from .adapters.files import refuse_foreign
 from .adapters.kinds import CHECKPOINT_FOLDER, JOINT_NAME, method_in
 from .joint import steering_of, steering_parameters
 from .model.decoder import inside_peft
+from .whole import running_trainer
 
 
 class SteeringCallback(TrainerCallback):
@@ -51,10 +52,15 @@ class SteeringCallback(TrainerCallback):
         """Restore the steering of a resumed run.
 
         Raises:
-            ValueError: the model is not steered, or the checkpoint is another than the Trainer resumes from.
+            ValueError: the model is not steered, the checkpoint is another than the Trainer resumes from, or the
+                reference model of a trainer of TRL would be steered.
             FileNotFoundError: the checkpoint lacks the steering.
         """
         steering = steering_of(kwargs["model"])
+        if any(parameter.requires_grad for parameter in steering.parameters()):
+            trainer, _ = running_trainer()
+            if trainer is not None:
+                _check_reference(trainer, kwargs["model"])
         if state.global_step:
             checkpoint = Path(self.resume_from or _checkpoint(args, state))
             _check_resumed(checkpoint, state)
@@ -91,6 +97,20 @@ def _check_resumed(checkpoint: Path, state: TrainerState) -> None:
         raise ValueError(
             f"{checkpoint} is not the checkpoint that the Trainer resumes from (another step or log); expected "
             "SteeringCallback(resume_from=...) with that one"
+        )
+
+
+def _check_reference(trainer: Any, model: nn.Module) -> None:
+    """Check that a trainer of TRL with a reference model has one of its own, if the steering trains.
+
+    Without one, TRL takes a model with a LoRA, with the LoRA off or as it was. The steering stays on and trains. At a
+    beta of 0 GRPO has no reference.
+    """
+    none, beta = getattr(trainer, "ref_model", trainer) is None, getattr(trainer, "beta", None)
+    if none and beta != 0 and inside_peft(model) is not model:
+        raise ValueError(
+            f"{type(trainer).__name__} has no ref_model, so its reference would be this model with the steering that "
+            "trains; expected ref_model=fused_steer.trl.Reference(model), which is the base"
         )
 
 
@@ -164,7 +184,7 @@ class SteeringTrainer(Trainer):
         """
         steering_parameters(self._patched())
         self._check_whole()
-        self._check_reference()
+        _check_reference(self, self._patched())
         output_dir = Path(str(self.args.output_dir))
         for folder in (output_dir, *sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
             self._refuse_another_kind(folder)
@@ -193,18 +213,6 @@ class SteeringTrainer(Trainer):
             raise ValueError(
                 f"{others[0]} trains ({len(others)} parameters that are not the steering's); expected only the "
                 "steering in use, which is all that a checkpoint holds (or LoRA by get_peft_model)"
-            )
-
-    def _check_reference(self) -> None:
-        """Check that a trainer of TRL with a reference model has one of its own.
-
-        Without one, TRL takes a model with a LoRA, with the LoRA off or as it was. The steering stays on and trains.
-        """
-        refers = getattr(self, "ref_model", self) is None and getattr(self, "beta", None) != 0  # at 0 GRPO has none
-        if refers and self._wrapped_by_peft():
-            raise ValueError(
-                f"{type(self).__name__} has no ref_model, so its reference would be this model with the steering that "
-                "trains; expected ref_model=fused_steer.trl.Reference(model), which is the base"
             )
 
     def _refuse_another_kind(self, folder: Path) -> None:

@@ -178,21 +178,28 @@ class _Watched:
         return self.__wrapped__(*args, **kwargs)
 
 
-def _trainer_forgets_steering() -> bool:
-    """Return whether a Trainer is running, and neither it nor its callbacks save the steering.
+def running_trainer() -> tuple[Any, set[str]]:
+    """Return the Trainer of transformers that runs in this thread, or None, and the names of its methods that run.
 
-    PEFT's methods do not know their caller. A callback is called for checkpoints, but not for `trainer.save_model`.
+    PEFT's methods and a Trainer's callbacks are not told who calls them.
     """
     transformers = sys.modules.get("transformers.trainer")
-    if transformers is None:
-        return False
     trainer, entered = None, set()
-    frame = inspect.currentframe()
+    frame = None if transformers is None else inspect.currentframe()
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), transformers.Trainer):
+        if isinstance(frame.f_locals.get("self"), transformers.Trainer):  # type: ignore[union-attr]
             trainer = frame.f_locals["self"]
             entered.add(frame.f_code.co_name)
         frame = frame.f_back
+    return trainer, entered
+
+
+def _trainer_forgets_steering() -> bool:
+    """Return whether a Trainer is running, and neither it nor its callbacks save the steering.
+
+    A callback is called for checkpoints, but not for `trainer.save_model`.
+    """
+    trainer, entered = running_trainer()
     if trainer is None or getattr(trainer, "keeps_steering", False):
         return False
     told = "train" in entered  # checkpoints are written and read only during training

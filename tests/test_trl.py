@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl", reason="needs TRL (the extra trl)")
 
 from datasets import Dataset  # noqa: E402
 
-from fused_steer import SteerConfig, SteeringTrainer, patch_model  # noqa: E402
+from fused_steer import SteerConfig, SteeringCallback, SteeringTrainer, patch_model  # noqa: E402
 from fused_steer.trl import (  # noqa: E402
     Reference,
     SteeringDPOTrainer,
@@ -191,13 +191,13 @@ def test_trl_a_steered_reference_is_refused_in_other_trainers(tmp_path):
 
     rows = COMPLETIONS.add_column("label", [i % 2 == 0 for i in range(len(COMPLETIONS))])
 
-    def kto(reference: Any = None) -> Any:
+    def kto(reference: Any = None, cls: Any = SteeringKTOTrainer, **kw: Any) -> Any:
         model = build()
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["down_proj"]))
         model = patch_model(model, SteerConfig(rank=4), adapter_name="polite")
         reference = reference and reference(model)
         arguments = config(trl.KTOConfig, tmp_path, max_steps=1)
-        return SteeringKTOTrainer(model, reference, arguments, train_dataset=rows, processing_class=tokenizer())
+        return cls(model, reference, arguments, train_dataset=rows, processing_class=tokenizer(), **kw)
 
     run = kto()
     with refused(ValueError, "SteeringKTOTrainer has no ref_model", "Reference(model)", model=run.model):
@@ -205,6 +205,13 @@ def test_trl_a_steered_reference_is_refused_in_other_trainers(tmp_path):
     run = kto(Reference)
     run.train()
     assert list(run.model.peft_config) == ["default"] and run.state.global_step == 1
+    for reference in (None, Reference):  # TRL's own trainer, with a callback
+        run = kto(reference, trl.KTOTrainer, callbacks=[SteeringCallback()])
+        with (
+            contextlib.nullcontext() if reference else refused(ValueError, "KTOTrainer has no ref_model", "Reference(")
+        ):
+            run.train()
+        assert run.state.global_step == (1 if reference else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
