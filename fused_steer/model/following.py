@@ -19,8 +19,7 @@ from ..kernels.norm_torch import Norm
 from ..kernels.norm_torch import forward as formula
 from .decoder import Decoder
 from .layer import PatchedLayer
-from .residual import ResidualNotFound, Source, analyse
-from .sublayers import cached
+from .residual import ResidualNotFound, Source, analyse, cached
 
 # ---------------------------------------------------------------------------------------------------- kinds of norms
 

@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.parameters import SITE
 from ..config import SITES
 from ..kernels.plan import no_plan
-from .residual import Edit, Reader, ResidualNotFound, Source, bypass_of_hooks, final_adds, rewrite
+from .residual import Edit, Reader, ResidualNotFound, Source, bypass_of_hooks, cached, final_adds, rewrite
 from .site import Site, SteeringSite
-from .sublayers import Found, Parts, cached, find, find_in, parts_of
+from .sublayers import Found, Parts, find, find_in, parts_of
 from .watch import call_watched, thread
 from .weak import Weak, Weakly
 

@@ -29,8 +29,8 @@ from ..kernels.registered import is_described
 from .decoder import Decoder
 from .following import Kind, NotFused, following_norm, measure
 from .layer import PatchedLayer
+from .residual import cached
 from .site import SteeringSite
-from .sublayers import cached
 from .watch import thread
 from .weak import Weakly, what_is_left
 

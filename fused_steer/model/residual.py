@@ -25,11 +25,13 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 __all__ = [
     "NONE", "Add", "Call", "Edit", "Handle", "Other", "Reader", "Refusal", "ResidualNotFound", "Source", "Tuple",
-    "Values", "analyse", "bypass_of_hooks", "called_paths", "final_adds", "names_in_final_adds", "rewrite",
+    "Values", "analyse", "bypass_of_hooks", "cached", "called_paths", "final_adds", "names_in_final_adds", "rewrite",
     "rewrite_forward", "unusual_input",
 ]  # fmt: skip
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
 _T = TypeVar("_T")
 _Definition: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -152,7 +154,7 @@ def bypass_of_hooks(cls: type) -> str | None:
         return None
 
 
-@functools.cache
+@cached
 def unusual_input(cls: type) -> str | None:
     """Return the shape of the hidden state that `cls.forward`, a decoder's, gives its layers, if it is unusual.
 

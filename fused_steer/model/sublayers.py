@@ -16,19 +16,15 @@ Nothing is guessed: what is not understood is refused in one line, by the except
 from __future__ import annotations
 
 import ast
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .residual import Add, Call, Handle, Other, Reader, Source, Tuple, Values, analyse, called_paths
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-cached: Callable[[_F], _F] = functools.cache  # type: ignore[assignment]  # mypy takes no class for hashable
+from .residual import Add, Call, Handle, Other, Reader, Source, Tuple, Values, analyse, cached, called_paths
 
 #: What each path below `self` of a forward is in one layer: a class of layers may have layers of several kinds.
 Parts = tuple[tuple[str, str], ...]
