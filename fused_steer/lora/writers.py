@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.decoder import execution_device
+from ..model.layer import own_class
+from ..model.residual import ResidualNotFound
 from ..model.site import Site
+from ..model.sublayers import matrices, mlp_in, parts_of
 from .layers import columns_of, is_lora
 
 #: Parts of the names of autograd nodes that mix features. The input of such a node does not itself enter the stream.
@@ -34,10 +37,12 @@ class Writer:
     Attributes:
         layer: the decoder layer.
         path: the module's path inside the layer.
+        of_mlp: whether it is a part of the layer's MLP.
     """
 
     layer: nn.Module
     path: str
+    of_mlp: bool
 
     @functools.cached_property
     def _place(self) -> tuple[nn.Module, str]:
@@ -48,11 +53,6 @@ class Writer:
     def module(self) -> nn.Module:
         parent, name = self._place  # read before every training forward pass, so it has to be fast
         return parent._modules[name]  # type: ignore[return-value]
-
-    @property
-    def part(self) -> str:
-        """The name of the layer's child that contains the module, such as `mlp`."""
-        return self.path.partition(".")[0]
 
     def columns(self) -> list[Tensor]:
         """Return LoRA's B (d, k) of every active adapter here, and its bias (d, 1) if it has one. Empty without a LoRA.
@@ -205,8 +205,28 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
                 f"layer {index} ({type(layer).__name__}) has no module that is seen to write into the residual stream; "
                 "expected an MLP's output projection"
             )
-        found[index] = [Writer(layer, path) for path in _with_all_experts(layer, paths)]
+        mlp = _mlp(layer, paths)
+        found[index] = [
+            Writer(layer, path, any(f"{path}.".startswith(f"{one}.") for one in mlp))
+            for path in _with_all_experts(layer, paths)
+        ]
     return found
+
+
+def _mlp(layer: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+    """Return the paths of the modules that are the layer's MLP, given its writers in the order of their calls.
+
+    If its forward is not understood, that is the child of the layer that writes last. A lone linear layer does not
+    count after two larger children, which are attention and MLP (Gemma 3n's per-layer inputs).
+    """
+    cls = own_class(layer)
+    with contextlib.suppress(ResidualNotFound):
+        mlp = mlp_in(cls, parts_of(layer, cls))
+        if any(f"{path}.".startswith(f"{one}.") for path in paths for one in mlp):
+            return mlp
+    children = list(dict.fromkeys(path.partition(".")[0] for path in paths))
+    larger = [child for child in children if matrices(layer.get_submodule(child)) > 1]
+    return larger[-1:] if len(larger) > 1 else children[-1:]
 
 
 def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
@@ -225,5 +245,5 @@ def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def choose_writers(writers: list[Writer], which: str) -> list[Writer]:
-    """Choose from a layer's writers: "all" of them, or the MLP's with "mlp". The MLP is the child that writes last."""
-    return writers if which == "all" else [writer for writer in writers if writer.part == writers[-1].part]
+    """Choose from a layer's writers: "all" of them, or the MLP's with "mlp"."""
+    return writers if which == "all" else [writer for writer in writers if writer.of_mlp]

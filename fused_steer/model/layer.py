@@ -154,6 +154,11 @@ def _sites_of(layer: nn.Module, names: Iterable[str]) -> list[Any]:
     return [layer._modules[name] for name in names if name in layer._modules]
 
 
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, patched or not, with the forward that was written for it."""
+    return next(cls for cls in type(layer).__mro__ if _REACHED not in vars(cls))
+
+
 def _rebuild(base: type[nn.Module], form: tuple[Any, ...]) -> nn.Module:
     cls = steered_class(base, Form(*form))
     return cls.__new__(cls)

@@ -105,6 +105,7 @@ def rewrite(cls: type, edits: Callable[[Source], Sequence[Edit]], with_input: bo
         raise ResidualNotFound(f"{cls.__name__}.forward {refusal}") from None
 
 
+@functools.cache  # asked of each layer of a class
 def called_paths(cls: type) -> frozenset[str]:
     """Return the paths below `self` that `cls.forward` names, such as "mlp".
 

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .residual import Add, Call, Handle, Other, Reader, Source, Tuple, Values, analyse, cached, called_paths
+from .residual import Add, Call, Handle, Other, Reader, Refusal, Source, Tuple, Values, analyse, cached, called_paths
 
 #: What each path below `self` of a forward is in one layer: a class of layers may have layers of several kinds.
 Parts = tuple[tuple[str, str], ...]
@@ -55,21 +55,21 @@ def _kind(layer: nn.Module, path: str) -> str:
     if found is None:
         return "absent"
     if isinstance(found, nn.Module):
-        return {0: "passes", 1: "matrix"}.get(_matrices(found), "mixes")
+        return {0: "passes", 1: "matrix"}.get(matrices(found), "mixes")
     if isinstance(found, (Tensor, torch.dtype)) or not callable(found):
         return "value"
     return "method" if getattr(found, "__self__", None) is not None else "passes"
 
 
-def _matrices(module: nn.Module) -> int:
+def matrices(module: nn.Module) -> int:
     """The number of modules in it, itself included, that have a matrix of their own."""
     base = getattr(module, "base_layer", None)
     if isinstance(base, nn.Module):  # inside a LoRA
-        return _matrices(base)
+        return matrices(base)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels == module.out_channels:
         return 0  # a depthwise convolution mixes tokens, not features
     own = any(t.dim() > 1 for t in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)))
-    return own + sum(map(_matrices, module.children()))
+    return own + sum(map(matrices, module.children()))
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ def find(site: str, source: Source, parts: Parts) -> Found:
     if site == "pre_mlp":
         return anatomy.inputs(site)
     return anatomy.outputs(site, anatomy.mlp() if site == "post_mlp" else anatomy.attention())
+
+
+@cached
+def mlp_in(cls: type, parts: Parts) -> tuple[str, ...]:
+    """The paths of the modules that make what `cls.forward` adds last: the MLP, or several that one sum adds.
+
+    A sublayer that some layers of the class add after the MLP, such as Gemma 4's per-layer inputs, does not count.
+
+    Raises ResidualNotFound where it is not understood.
+    """
+    return analyse(cls, lambda source: _Anatomy(source, parts).mlp_paths())
 
 
 @cached
@@ -268,6 +279,19 @@ class _Anatomy:
                 self._refuse_single(calls, join)
             found.append(_Sublayer(join, calls, bool(attention)))
         return found
+
+    def mlp_paths(self) -> tuple[str, ...]:
+        """The modules of the MLP at each last join. If several make its branch together, these are all of them."""
+        paths: set[str] = set()
+        for join in self._last():
+            try:
+                calls, _ = self._sublayers(join)
+            except Refusal:
+                if not self._joins(join.stream):
+                    raise  # nothing was added before, so that one of them may be the attention
+                calls = self._calls(join.branch)
+            paths.update(call.path for call in calls)
+        return tuple(sorted(paths))
 
     def attention(self) -> list[_Sublayer]:
         """The attention, or what the layer has in its place, at each first join."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fused_steer import SteerConfig, patch_model
 from fused_steer.lora.writers import Writer, _Trace, choose_writers, trace_writers
 from fused_steer.model.decoder import find_decoder
+from fused_steer.tools import coverage
 
 #: The modules that write into the stream, attention's and then the MLP's, for families with other names than Llama's.
 NAMES = {
@@ -48,6 +49,24 @@ def test_writers_of_every_family(family, lora):
     assert {index: paths(writers) for index, writers in found.items()} == dict.fromkeys(range(LAYERS), expected)
     assert paths(choose_writers(found[0], "all")) == expected
     assert paths(choose_writers(found[0], "mlp")) == expected[1:]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mlp"),
+    [
+        ("gemma4_text", ["mlp.down_proj"]),  # not the per-layer inputs, which are added after the MLP
+        ("gemma3n_text", ["mlp.down_proj"]),  # its forward is not understood
+        ("granitemoeshared", ["block_sparse_moe.experts", "shared_mlp.output_linear"]),  # one sum adds both
+    ],
+)
+@pytest.mark.parametrize("patched", [False, True], ids=["bare", "patched"])
+def test_writers_of_the_mlp_are_told_from_what_is_added_after_it_or_with_it(model_type, mlp, patched):
+    model = coverage.build(model_type)
+    if patched:
+        patch_model(model)
+    found = trace(model)
+    assert all(paths(choose_writers(writers, "mlp")) == mlp for writers in found.values())
+    assert all(len(writers) > len(mlp) for writers in found.values())
 
 
 def test_writers_nothing_is_left_behind():
