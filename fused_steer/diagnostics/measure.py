@@ -77,15 +77,15 @@ def diagnose(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Diagnosi
     layers = {place.layer: decoder.layers[place.layer] for place in sites}
     # The hooks would recompile compiled layers, and removing the hooks would recompile them again.
     eager = torch.compiler.set_stance("force_eager")
-    with _left_as_it_was(decoder.module, list(every.values())), eager:
+    with _left_as_it_was(decoder.model, list(every.values())), eager:
         flow = Flow(layers, decoder.hidden)
         with flow.watching(), steering.disabled():
-            writers = trace_writers(decoder.module, layers, decoder.hidden)
+            writers = trace_writers(decoder.model, layers, decoder.hidden)
         observed = [
             _Observed(place, layers[place.layer], site, writers[place.layer], flow.mlp_source(place, writers))
             for place, site in sites.items()
         ]
-        tokens = _run(decoder.module, observed, batches, steering)
+        tokens = _run(decoder.model, observed, batches, steering)
     diagnosis = Diagnosis(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
         adapter=steering.active,

@@ -96,6 +96,6 @@ class Constraints:
         self.tracing = True
         try:
             layers = {index: self._decoder.layers[index] for index in indices}
-            return trace_writers(self._decoder.module, layers, self._decoder.hidden)
+            return trace_writers(self._decoder.model, layers, self._decoder.hidden)
         finally:
             self.tracing = False

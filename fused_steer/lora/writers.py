@@ -170,13 +170,18 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     Dropout is off during the pass. Training modes and the sites' counts are restored afterwards.
 
     Args:
-        module: the decoder. Its forward runs the layers.
+        module: the model, or the part of it that takes token ids and runs the layers.
         layers: the layers to trace, by index.
         hidden: d.
 
     Raises:
-        ValueError: the pass failed, or a layer's writers were not found.
+        ValueError: the pass failed or would change the model, or a layer's writers were not found.
     """
+    if hasattr(module, "set_attention_type"):
+        raise ValueError(
+            f"{type(module).__name__} changes its attention for good in a pass of two tokens; expected a model whose "
+            "modules that write into the residual stream can be found by such a pass"
+        )
     trace = _Trace(layers, hidden)
     modes = [(m, m.training) for m in module.modules()]
     counts = [(m, m.calls, m.backend) for m in module.modules() if isinstance(m, Site)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class Decoder:
 
     Attributes:
         module: the module with the forward that runs the layers.
+        model: the smallest module around it with a forward that takes token ids. For BERT's kin `module` takes none.
         path: the path of the list of layers in the model.
         layers: the list of layers.
         hidden: the hidden size d.
@@ -36,9 +38,15 @@ class Decoder:
     """
 
     module = Weakly[nn.Module]()
+    model = Weakly[nn.Module](lambda self: self.module)
 
-    def __init__(self, module: nn.Module, path: str, layers: nn.ModuleList, hidden: int, config: Any) -> None:
-        self.module, self.path, self.layers, self.hidden, self.config = module, path, layers, hidden, config
+    def __init__(self, model: nn.Module, path: str, layers: nn.ModuleList, hidden: int) -> None:
+        """Take the layers at `path` of the whole `model`."""
+        self.path, self.layers, self.hidden, self.config = path, layers, hidden, model.config
+        parents = path.split(".")[:-1]
+        around = [model.get_submodule(".".join(parents[:count])) for count in range(len(parents), -1, -1)]
+        self.module = around[0]
+        self.model = next((m for m in around if "input_ids" in inspect.signature(m.forward).parameters), around[0])
 
     @property
     def alive(self) -> bool:
@@ -99,7 +107,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"found {', '.join(lists) or 'none'}"
         )
     path, layers = fitting[0]
-    return Decoder(model.get_submodule(path.rpartition(".")[0]), path, layers, hidden, model.config)
+    return Decoder(model, path, layers, hidden)
 
 
 def check_rows(decoder: nn.Module, what: str, expected: str = "", shape: Any = None) -> None:

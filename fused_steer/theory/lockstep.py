@@ -78,7 +78,7 @@ class Stream:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
                 stack.enter_context(self._reading(layer, read))
-            self.decoder.module(**self._inputs(batch), use_cache=False)
+            self.decoder.model(**self._inputs(batch), use_cache=False)
         if len(outputs) != len(self):
             raise ValueError(
                 f"{len(outputs)} of the {len(self)} layers of the {self.name} model ran; expected each once"

@@ -66,7 +66,7 @@ def hidden_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tok
     checked_choice("token", token, TOKENS)
     decoder = find_decoder(inside_peft(model))
     check_rows(decoder.module, f"token is {token!r}")
-    device = execution_device(decoder.module)
+    device = execution_device(decoder.model)
     found: list[Tensor] = []
     with running_bare(model):
         for batch in batches:
@@ -76,7 +76,7 @@ def hidden_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], tok
                 for index, layer in enumerate(decoder.layers):
                     hook = _Reading(outputs, index, mask, token)
                     stack.callback(layer.register_forward_hook(hook).remove)
-                decoder.module(
+                decoder.model(
                     input_ids=batch["input_ids"].to(device),
                     attention_mask=batch["attention_mask"].to(device),
                     use_cache=False,

@@ -20,6 +20,7 @@ from fused_steer import SteerConfig, patch_model, save_joint
 from fused_steer.adapters.parameters import SITE
 from fused_steer.diagnostics import BINS, LEVELS, QUANTITIES, diagnose
 from fused_steer.model.decoder import find_decoder, inside_peft
+from fused_steer.tools import coverage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*layers do nothing")  # fresh adapters
 
@@ -357,6 +358,16 @@ def test_diagnostics_a_fresh_adapter_beside_a_fresh_lora():
             "alignment": "LoRA's update is zero",
             "cosine": "the steering's shift or the LoRA's is zero on every token",
         }
+
+
+def test_diagnostics_of_a_model_with_an_encoder_that_takes_no_token_ids():
+    model = coverage.build("roberta").train()
+    target = [name for name, _ in model.named_modules() if name.endswith("output.dense")]
+    model = patch_model(with_lora(model, target_modules=target), SteerConfig(rank=2, orthogonal_to="lora"))
+    randomize(model)
+    diagnosis = diagnose(model, [{"input_ids": tokens()}])
+    assert [layer.mlp_source for layer in diagnosis.layers] == ["output.dropout"] * LAYERS
+    assert not any(layer.absent for layer in diagnosis.layers) and all(m.training for m in model.modules())
 
 
 def test_diagnostics_only_steered_layers_are_shown():

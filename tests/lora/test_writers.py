@@ -29,7 +29,7 @@ USUAL = ["self_attn.o_proj", "mlp.down_proj"]
 
 def trace(model: nn.Module) -> dict[int, list[Writer]]:
     decoder = find_decoder(model)
-    return trace_writers(decoder.module, dict(enumerate(decoder.layers)), decoder.hidden)
+    return trace_writers(decoder.model, dict(enumerate(decoder.layers)), decoder.hidden)
 
 
 def paths(writers: list[Writer]) -> list[str]:
@@ -67,6 +67,20 @@ def test_writers_of_the_mlp_are_told_from_what_is_added_after_it_or_with_it(mode
     found = trace(model)
     assert all(paths(choose_writers(writers, "mlp")) == mlp for writers in found.values())
     assert all(len(writers) > len(mlp) for writers in found.values())
+
+
+def test_writers_of_a_model_with_an_encoder_that_takes_no_token_ids():
+    found = trace(coverage.build("roberta"))
+    assert all(paths(writers) == ["attention.output.dense", "output.dense"] for writers in found.values())
+    assert paths(choose_writers(found[0], "mlp")) == ["output.dense"]
+
+
+def test_writers_of_a_model_that_a_short_pass_changes_are_refused():
+    model = coverage.build("big_bird")
+    before = snapshot(model)
+    with refused(ValueError, "BigBirdModel", "changes its attention for good", "expected"):
+        trace(model)
+    assert snapshot(model) == before and model.bert.attention_type == "block_sparse"
 
 
 def test_writers_nothing_is_left_behind():

@@ -15,6 +15,7 @@ from fused_steer.adapters.files import write_adapter
 from fused_steer.adapters.parameters import Place
 from fused_steer.model.decoder import find_decoder, inside_peft
 from fused_steer.theory import fit, fit_each, fit_within
+from fused_steer.tools import coverage
 
 
 def batches(count=3, seed=0, length=9):
@@ -194,6 +195,14 @@ def test_fit_to_a_lora_and_of_some_layers(tmp_path):
     steered = patched(model, found, tmp_path)
     for layer, truth in zip(found.layers, shares(model, steered, tuned, batches()), strict=True):
         assert (layer.share, layer.token) == pytest.approx(truth, abs=1e-9)
+
+
+def test_fit_of_a_model_with_an_encoder_that_takes_no_token_ids():
+    base = coverage.build("roberta")
+    tuned = copy.deepcopy(base)
+    torch.nn.init.normal_(tuned.roberta.encoder.layer[-1].output.dense.bias)
+    found = fit(base, tuned, batches(), config())
+    assert [layer.oracle > 0 for layer in found.layers] == [False] * (len(found.layers) - 1) + [True]
 
 
 def test_fit_of_a_vector_is_the_mean_shift(tmp_path):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.adapters.files import read_adapter, write_adapter
+from fused_steer.tools import coverage
 from fused_steer.vectors import extract
 from fused_steer.vectors.directions import direction, separation
 from fused_steer.vectors.hidden import hidden_states
@@ -80,6 +81,14 @@ def test_extraction_hidden_states_are_those_of_each_text_alone(token):
     assert found.dtype == torch.float32 and found.shape == (LAYERS, PAIRS, HIDDEN)
     bound = 2 * difference(alone_in_32(given, token), truth)[""] + 1e-6
     assert difference(found, truth)[""] <= bound
+
+
+def test_extraction_from_an_encoder_that_takes_no_token_ids():
+    model = coverage.build("bert")
+    with torch.no_grad():
+        states = model(tokens(), output_hidden_states=True).hidden_states[1:]
+    found = hidden_states(model, [{"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}], "last")
+    assert_close(found, torch.stack(states)[:, :, -1])
 
 
 def principal(differences: np.ndarray) -> np.ndarray:
