@@ -23,11 +23,12 @@ def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module
     """Freeze the model and insert an edit `make(heads, width)` before each layer's attention output projection.
 
     Raises:
-        ValueError: a layer has no such projection under a known name, or its width is no multiple of the heads.
+        ValueError: a layer has no such projection under a known name, its width is no multiple of the heads, or layers
+            have other numbers of heads than the first.
     """
     model.requires_grad_(False)
-    heads = model.config.get_text_config().num_attention_heads
-    edits = []
+    edits: list[nn.Module] = []
+    first = None
     for index, layer in enumerate(find_decoder(model).layers):
         attention = next((part for part in _ATTENTION if hasattr(layer, part)), None)
         module = getattr(layer, attention) if attention else layer
@@ -37,15 +38,25 @@ def attach(model: nn.Module, make: type[nn.Module], name: str) -> list[nn.Module
                 f"layer {index}, a {type(layer).__name__}, has no linear {'/'.join(_PROJECTION)} in "
                 f"{'/'.join(_ATTENTION)}; expected one to edit the heads before"
             )
-        if projection.in_features % heads:
+        heads = _heads_of(module, model)
+        if not heads or projection.in_features % heads:
             raise ValueError(
                 f"the heads of layer {index} are {projection.in_features} wide; expected {heads} equal ones"
             )
+        first = first or heads
+        if heads != first:  # LoFiT ranks the heads of all layers, and JoLA's penalty counts them
+            raise ValueError(f"layer {index} has {heads} heads; expected {first}, as layer 0")
         edit = make(heads, projection.in_features // heads).to(projection.weight.device)  # float32 in any model
         module.add_module(name, edit)
         projection.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]).to(args[0].dtype), *args[1:]))
         edits.append(edit)
     return edits
+
+
+def _heads_of(attention: nn.Module, model: nn.Module) -> int | None:
+    """Return the number of an attention's heads: its own where it has one, since layers may differ, or the config's."""
+    own = getattr(attention, "num_heads", None)
+    return own if isinstance(own, int) else getattr(model.config.get_text_config(), "num_attention_heads", None)
 
 
 class Lofit(nn.Module):

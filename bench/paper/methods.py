@@ -22,8 +22,6 @@ from fused_steer.config import SITES
 from . import heads, released
 from .settings import RATES, Settings
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass
 class Stage:
@@ -86,7 +84,7 @@ def _with_lora(model: Any, settings: Settings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from models import HIDDEN, LAYERS, build, logits, tokens
 from torch import nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from fused_steer.paper.answering import Text, answers, reachable
 from fused_steer.paper.data import Example
@@ -167,6 +168,26 @@ def test_paper_methods_heads_are_edited_before_the_output_projection(make):
     assert not torch.equal(logits(model), logits(build()))
     assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} >= {"scale"}
     assert all("edit" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_paper_methods_heads_are_as_many_as_the_attention_has():
+    """Models such as Laguna have attentions of other numbers of heads than the config's."""
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.num_heads = 2 * HEADS
+    assert [edit.scale.shape for edit in heads.attach(model, heads.Lofit, "edit")] == [(2 * HEADS, WIDTH // 2)] * LAYERS
+    other = build()
+    other.model.layers[1].self_attn.num_heads = 2 * HEADS
+    with pytest.raises(ValueError, match=f"layer 1 has {2 * HEADS} heads; expected {HEADS}, as layer 0"):
+        heads.attach(other, heads.Lofit, "edit")
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_paper_methods_lora_is_on_every_linear_layer(family):
+    model, _ = METHODS["lora"].attach(build(family), SETTINGS, 1e-3)
+    linears = {name for name, m in build(family).named_modules() if isinstance(m, (nn.Linear, Conv1D))} - {"lm_head"}
+    adapted = {name for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_B")}
+    assert adapted == linears and len(linears) == 4 * LAYERS
 
 
 def test_paper_methods_lofit_selects_the_heads_of_the_largest_scales_and_trains_their_offsets_alone():
