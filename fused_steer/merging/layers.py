@@ -63,7 +63,7 @@ def shifted_layers(patched: PatchedModel, name: str) -> list[ShiftedLayer]:
 
 def run_once(patched: PatchedModel, layers: Sequence[ShiftedLayer]) -> None:
     """Run the decoder on eight tokens, and keep the calls of the layers. Training modes are restored."""
-    decoder = patched.decoder.module
+    decoder = patched.decoder.model
     counts = [(m, m.calls, m.backend) for m in decoder.modules() if isinstance(m, Site)]
     handles = [
         layer.layer.register_forward_pre_hook(_keeps_call(layer), with_kwargs=True, prepend=True) for layer in layers

@@ -298,11 +298,14 @@ class _Anatomy:
         found: dict[ast.AST, _Sublayer] = {}
         todo = last = self._last()
         left_out = None
+        between: frozenset[Call] = frozenset()  # the calls of what is added neither first nor last
         while todo:
             join, *todo = todo
             self._check_apart(join)
             before = self._joins(join.stream)
             todo = [*todo, *before]
+            if before and join not in last:
+                between |= self._calls(join.branch)
             if before and all(way - {_STREAM} for way in self._ways(join.stream)):
                 continue
             left_out = join if before else left_out
@@ -311,6 +314,11 @@ class _Anatomy:
                 self._refuse_single(calls, join)
             if attention or not before:
                 found[join.node] = _Sublayer(join, attention or calls, bool(attention))
+        given_more = sorted((call for call in between if _arguments(call) > 1), key=_position)
+        for sublayer in found.values():
+            if given_more and all(_arguments(call) == 1 for call in sublayer.calls):
+                first = min(sublayer.calls, key=_position).path
+                self._refuse(f"adds self.{given_more[0].path} after self.{first}, which may be an MLP", sublayer.join)
         if left_out is not None:
             # A stream without what is added first may be one that no pass has: if the attention always runs, it is.
             calls = frozenset(call for sublayer in found.values() for call in sublayer.calls)

@@ -368,6 +368,16 @@ class Alone(LlamaDecoderLayer):
         return residual + hidden_states
 
 
+class Macaron(LlamaDecoderLayer):
+    """Half an MLP before the attention and half of one after it, as in Conformers."""
+
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + 0.5 * self.shared(self.input_layernorm(hidden_states))
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + 0.5 * self.mlp(self.post_attention_layernorm(hidden_states))
+
+
 class Bound(LlamaDecoderLayer):
     """Its MLP is called by a method, which is not followed."""
 
@@ -414,6 +424,12 @@ def with_layer(cls: type) -> Any:
         ),
         (tiny("falcon_h1"), "layer 0", ("post_attention",), "self.mamba, self.self_attn make together"),
         (lambda: with_layer(Alone), "layer 1 (Alone)", INNER, "has one sublayer, self.mlp"),
+        (
+            lambda: with_layer(Macaron),
+            "layer 1 (Macaron)",
+            ("post_attention",),
+            "adds self.self_attn after self.shared",
+        ),
         (lambda: with_layer(Bound), "layer 1 (Bound)", INNER, "calls self.feed, which is not followed"),
         (lambda: with_layer(Both), "layer 1 (Both)", ("pre_mlp", "post_mlp"), "adds what self.mlp, self.shared make"),
     ],
@@ -426,6 +442,7 @@ def with_layer(cls: type) -> Any:
         "several-streams",
         "two-mixers",
         "alone",
+        "macaron",
         "method",
         "two-mlps",
     ],
