@@ -32,6 +32,8 @@ from .recipe import Recipe, Training
 from .rows import Row, read_rows, text_of, tokens_without_end
 
 JSON_NAME, LOSSES_NAME, SHIFTS_NAME = "training.json", "losses.png", "shifts.png"
+#: The file of a checkpoint that transformers' Trainer writes last.
+_STATE_NAME = "trainer_state.json"
 #: The rows that the shifts are measured on.
 _MEASURED = 32
 
@@ -126,7 +128,9 @@ def train(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = 
     before = trainer.evaluate()["eval_loss"] if plan.held_out else None
     if last is not None and _steps_done(last) == recipe.training.max_steps:  # the Trainer would do a step more
         trainer._load_from_checkpoint(last)
-        trainer.state = type(trainer.state).load_from_json(str(Path(last, "trainer_state.json")))
+        trainer.state = type(trainer.state).load_from_json(str(Path(last, _STATE_NAME)))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
     else:
         trainer.add_callback(_refusing_more_steps())
         trainer.train(resume_from_checkpoint=last)
@@ -153,7 +157,7 @@ def check_out(recipe: Recipe, resume: bool) -> str | None:
     A new run beside an earlier one's checkpoints would mix them up: the Trainer resumes from the one of most steps.
 
     Raises:
-        FileNotFoundError: there is no checkpoint to resume from.
+        FileNotFoundError: there is no checkpoint to resume from, or the last one is not whole.
         ValueError: without `resume` there are checkpoints of an earlier run; or `out` holds an adapter of another kind,
             or cannot be written.
     """
@@ -162,8 +166,14 @@ def check_out(recipe: Recipe, resume: bool) -> str | None:
     out, run = Path(recipe.out), Path(recipe.out, "run")
     check_output(out)
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if resume and last is None:
-        raise FileNotFoundError(f"{run} has no checkpoint; expected one to resume from")
+    if resume:
+        if last is None:
+            raise FileNotFoundError(f"{run} has no checkpoint; expected one to resume from")
+        if not Path(last, _STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"{last} has no {_STATE_NAME}, as a save that was killed leaves it; expected a whole checkpoint "
+                "(remove that folder to resume from the one before)"
+            )
     if not resume and last is not None:
         raise ValueError(f"{last} is of an earlier run; expected --resume to continue it, another out, or no {run}")
     kind = recipe.method.kind

@@ -277,6 +277,7 @@ def test_train_into_the_folder_of_another_run_is_refused_before_it_trains(recipe
     refuses("run has no checkpoint; expected one", resume=True, error=FileNotFoundError)
     (out / "run" / "checkpoint-7").mkdir(parents=True)
     refuses("checkpoint-7 is of an earlier run; expected --resume")
+    refuses("checkpoint-7 has no trainer_state.json, as a save", resume=True, error=FileNotFoundError)
     (out / "run" / "checkpoint-7").rmdir()
     for held, refusals in {
         "POST_BLOCK": {"lora": "holds POST_BLOCK", "joint": "holds an adapter of POST_BLOCK"},
@@ -302,6 +303,17 @@ def test_train_resumes_a_run_that_is_done_without_a_step_more(recipe, tmp_path, 
     for steps in ("training.max_steps=1", "training.max_steps=null"):
         with refused(ValueError, "the last checkpoint is of step 2; expected at most 1, the steps of the recipe"):
             train(read_recipe(path, [steps, "training.epochs=0.01"]), resume=True)
+
+
+def test_train_resumes_a_run_that_is_done_to_its_best_checkpoint(recipe, tmp_path):
+    """`out` got the last checkpoint's adapter in place of the best one's."""
+    arguments = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    path = recipe(training={"max_steps": 2, "save_steps": 1, "eval_steps": 1, "arguments": arguments})
+    train(read_recipe(path))
+    best, run = patch_file(tmp_path / "out"), tmp_path / "out" / "run"
+    assert all(torch.equal(tensor, best[name]) for name, tensor in patch_file(run / "checkpoint-1").items())
+    train(read_recipe(path), resume=True)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in patch_file(tmp_path / "out").items())
 
 
 def patch_file(folder):
