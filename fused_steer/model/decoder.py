@@ -42,7 +42,8 @@ class Decoder:
 
     def __init__(self, model: nn.Module, path: str, layers: nn.ModuleList, hidden: int) -> None:
         """Take the layers at `path` of the whole `model`."""
-        self.path, self.layers, self.hidden, self.config = path, layers, hidden, model.config
+        self.path, self.layers, self.hidden = path, layers, hidden
+        self.config: Any = model.config
         parents = path.split(".")[:-1]
         around = [model.get_submodule(".".join(parents[:count])) for count in range(len(parents), -1, -1)]
         self.module = around[0]
