@@ -38,11 +38,13 @@ class Writer:
         layer: the decoder layer.
         path: the module's path inside the layer.
         of_mlp: whether it is a part of the layer's MLP.
+        mixed: whether the layer mixes several residual streams, so that its other writers are not found.
     """
 
     layer: nn.Module
     path: str
     of_mlp: bool
+    mixed: bool = False
 
     @functools.cached_property
     def _place(self) -> tuple[nn.Module, str]:
@@ -126,22 +128,27 @@ class _Trace:
 
         return hook
 
-    def writers(self, index: int) -> list[str]:
-        """Return the paths of the layer's writers, in the order of their calls."""
+    def writers(self, index: int) -> tuple[list[str], bool]:
+        """Return the paths of the layer's writers, in the order of their calls, and whether its input was reached."""
         found: dict[str, int] = {}
-        seen: set[Any] = {None, self.starts.get(index)}
+        start = self.starts.get(index)
+        seen: set[Any] = {None}
         todo: list[Any] = [self.ends.get(index)]
         while todo:
             node = todo.pop()
             if node in seen:
                 continue
             seen.add(node)
+            if node is start:
+                continue
             made = self.made.get(node)
             if made is not None and made[0] == index:
                 found[made[1]] = made[2]
             elif not MIXING.search(node.name()):
                 todo += [parent for parent, _ in node.next_functions]
-        return sorted(found, key=found.__getitem__)
+        # The input of a first layer is no result: its node would add up its gradient.
+        reached = start in seen if start is not None else any(node and "AccumulateGrad" in node.name() for node in seen)
+        return sorted(found, key=found.__getitem__), reached
 
 
 def _first(output: Any) -> Any:
@@ -204,15 +211,16 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
             site.calls, site.backend = calls, backend
     found = {}
     for index, layer in layers.items():
-        paths = trace.writers(index)
+        paths, reached = trace.writers(index)
         if not paths:
             raise ValueError(
                 f"layer {index} ({type(layer).__name__}) has no module that is seen to write into the residual stream; "
                 "expected an MLP's output projection"
             )
         mlp = _mlp(layer, paths)
+        mixed = not reached and len({path.partition(".")[0] for path in paths}) == 1
         found[index] = [
-            Writer(layer, path, any(f"{path}.".startswith(f"{one}.") for one in mlp))
+            Writer(layer, path, any(f"{path}.".startswith(f"{one}.") for one in mlp), mixed)
             for path in _with_all_experts(layer, paths)
         ]
     return found
@@ -250,5 +258,14 @@ def _with_all_experts(layer: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def choose_writers(writers: list[Writer], which: str) -> list[Writer]:
-    """Choose from a layer's writers: "all" of them, or the MLP's with "mlp"."""
+    """Choose from a layer's writers: "all" of them, or the MLP's with "mlp".
+
+    Raises:
+        ValueError: not all are known (DeepSeek-V4).
+    """
+    if which == "all" and any(writer.mixed for writer in writers):
+        raise ValueError(
+            f"{type(writers[0].layer).__name__} mixes several residual streams by a product, so that only its MLP is "
+            "seen to write into them; expected orthogonal_modules='mlp'"
+        )
     return writers if which == "all" else [writer for writer in writers if writer.of_mlp]

@@ -232,3 +232,12 @@ def test_writers_lora_on_expert_parameters_is_refused():
     get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
     with refused(ValueError, "mlp.experts", "parameters of its experts", "expected", model=model):
         patch_model(model, SteerConfig(orthogonal_to="lora"))
+
+
+def test_writers_of_a_layer_that_mixes_streams_are_not_all_known():
+    """DeepSeek-V4: the attention's output projection is behind a product of the streams."""
+    model = coverage.build("deepseek_v4")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["o_b_proj", "down_proj"]))
+    with refused(ValueError, "mixes several residual streams", "expected orthogonal_modules='mlp'", model=model):
+        patch_model(model, SteerConfig(orthogonal_to="lora", orthogonal_modules="all"))
+    patch_model(model, SteerConfig(orthogonal_to="lora"))
