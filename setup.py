@@ -16,6 +16,7 @@ ROOMS = [
     "evaluation",
     "importers",
     "lora",
+    "merging",
     "model",
     "paper",
     "peft",

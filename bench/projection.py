@@ -39,7 +39,7 @@ def make_matrices(case: ProjectionCase, device: torch.device, seed: int = 0) -> 
 class _Writer:
     """Stands in for a module with LoRA; its LoRA has this B."""
 
-    part = "mlp"
+    of_mlp, mixed = True, False
 
     def __init__(self, b: Tensor) -> None:
         self.b = b
