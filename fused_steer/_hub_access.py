@@ -90,7 +90,8 @@ def loading(source: str, what: str) -> Iterator[None]:
         what: the part, for the error.
 
     Raises:
-        ValueError: the files are broken; safetensors, tokenizers and pickle raise errors of many kinds.
+        ValueError: the files are broken; safetensors, tokenizers and pickle raise errors of many kinds. Or they hold
+            code of their own.
         OSError, ImportError: a file or a library is missing.
     """
     try:
@@ -100,4 +101,8 @@ def loading(source: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"{source} has a {what} with code of its own, which is not executed; expected one of transformers"
+            ) from error
         raise ValueError(f"the {what} in {source} cannot be loaded ({reason:.300}); expected whole files") from error

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: Names of a tokenizer's files, of all ages of transformers.
+_TOKENIZERS = ("*token*", "*vocab*", "*.model")
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,22 @@ def merge(
     Args:
         base: the model's directory or hub id.
         adapter: steering, or steering and a LoRA together: a directory or hub id.
-        out: a new or empty directory. It is written whole or not at all.
+        out: a new or empty directory. The files are moved there once all are written.
         scale: the strength; None takes the adapter's.
         dtype: the dtype to load the model in, one of DTYPES. "auto" is that of the checkpoint.
         check_base: refuse the adapter if its base model has another name.
 
     Raises:
-        ValueError: the adapter or the model cannot be merged (docs/merging.md), or `out` holds files.
+        ValueError: the adapter or the model cannot be merged (docs/merging.md), the model's files lack weights or hold
+            code, or `out` holds files.
         FileNotFoundError, OSError: the model or the adapter is not there, or cannot be read or written.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     check_output(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out is {str(out)!r}, which holds files; expected a new or empty directory")
+    held = next(out.iterdir(), None) if out.is_dir() else None
+    if held is not None:  # named, as it may be hidden: what a killed process left
+        raise ValueError(f"out is {str(out)!r}, which holds {held.name}; expected a new or empty directory")
     parts = parts_of(adapter)
     check_parts(parts)
     if parts.steering is None:
@@ -74,11 +78,16 @@ def merge(
 
     refuse_adapter(base)
     tokenizer: Any = None
-    if not Path(base).is_dir() or any(Path(base).glob("*token*")):
+    if not Path(base).is_dir() or any(any(Path(base).glob(name)) for name in _TOKENIZERS):
         with loading(base, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with loading(base, "model"):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    model, missing = loaded[0].eval(), sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers draws them: the head of a classifier's checkpoint, or of a bare decoder's
+        raise ValueError(f"{base} has no {missing[0]}; expected all weights of a {type(model).__name__}")
     for folder in parts.loras.values():
         from peft import PeftModel
 
@@ -91,12 +100,12 @@ def merge(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the result says what rounding changes
         _, merged = model.steering._merge()
-    with saving_folder(out.parent) as folder:
-        new = folder / "merged"
-        model.save_pretrained(new)
+    with saving_folder(out) as folder:  # inside, as `out` may be a link or a mounted file system
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        os.replace(new, out)
+            tokenizer.save_pretrained(folder)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)  # config.json last: without it nothing is loaded
     dtype = str(model.dtype).removeprefix("torch.")
     return MergedModel(layers, dtype, merged.rounding, merged.options, tokenizer is not None)
 

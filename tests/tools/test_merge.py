@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from models import build, logits, randomize
 from peft import LoraConfig, get_peft_model
 from text import save_tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.joint import save_joint
@@ -93,7 +94,7 @@ def test_merge_refuses_before_it_loads_the_model(base, tmp_path, monkeypatch):
     for words, parts in {
         "silu --out out": ["adapter 'silu' has activation 'silu'"],
         "lora --out out": ["lora is a LoRA; expected steering"],
-        "linear --out full": ["'full', which holds files; expected a new or empty directory"],
+        "linear --out full": ["'full', which holds a; expected a new or empty directory"],
         "linear --out full/a/b": ["full/a is a file"],
         "linear --out out --dtype int8": ["dtype is 'int8'; expected one of auto"],
         "nowhere --out out": ["nowhere"],
@@ -112,3 +113,42 @@ def test_merge_that_fails_leaves_no_folder(base, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars are no part of the message
     assert_refused(invoke("merge", "base", "linear", "--out", "deep/out"), "no space left")
     assert not (tmp_path / "deep").exists()
+
+
+def test_merge_writes_into_an_empty_directory_behind_a_link(base, tmp_path):
+    save(base(), "linear", **LINEAR)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    assert invoke("merge", "base", "linear", "--out", "out").exit_code == 0
+    names = {file.name for file in (tmp_path / "elsewhere").iterdir()}
+    assert names == {file.name for file in (tmp_path / "base").iterdir()} and (tmp_path / "out").is_symlink()
+
+
+def test_merge_refuses_a_base_without_all_weights_and_code(base, tmp_path, monkeypatch):
+    """transformers would draw a classifier's missing head at random, and ask whether to execute the code."""
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars are no part of the message
+    save(base(), "linear", **LINEAR)
+    AutoModelForSequenceClassification.from_pretrained("base").save_pretrained("classifier")
+    (tmp_path / "code").mkdir()
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(code))
+    for name, part in {
+        "classifier": "classifier has no lm_head.weight; expected all weights of a LlamaForCausalLM",
+        "code": "code has a model with code of its own, which is not executed",
+    }.items():
+        assert_refused(invoke("merge", name, "linear", "--out", "out", "--no-check-base"), part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_saves_a_tokenizer_of_old_files(base, tmp_path):
+    save(base(), "linear", **LINEAR)
+    for file in (tmp_path / "base").glob("token*"):
+        file.unlink()
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    vocabulary = {"a": 0, "b": 1, "<|endoftext|>": 2}
+    old = {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2", "config.json": json.dumps(config)}
+    for name, text in old.items():
+        (tmp_path / "base" / name).write_text(text)
+    done = invoke("merge", "base", "linear", "--out", "out")
+    assert done.exit_code == 0 and "saved" in done.stdout, done.output
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
