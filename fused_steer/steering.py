@@ -639,8 +639,11 @@ class Steering:
         with self._scopes.change("steering.merge_and_unload is called"):
             with self._disable("steering.merge_and_unload"):
                 merged = find_merged(self._model, self._patched, name)
+            model = self._model
             with merged.written():
-                model = self.unpatch()
+                given = self.unpatch()
+            # PEFT's wrapper of a merged LoRA would save an empty adapter. One of soft prompts still holds them.
+            model = given if hasattr(given, "prompt_encoder") else model
         warn_of_rounding(merged)
         return model, merged
 

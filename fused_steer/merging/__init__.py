@@ -13,6 +13,7 @@ layer is then computed in float64, once steered by hooks and once merged; if the
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..adapters.parameters import SITE
@@ -70,12 +71,13 @@ def find_merged(model: nn.Module, patched: PatchedModel, name: str) -> Merged:
     layers = shifted_layers(patched, name)
     if not layers:
         return Merged(None)
-    run_once(patched, layers)
     shared = shared_modules(model)
     merged = Merged(text_config(getattr(model, "config", None)))
-    for layer in layers:
-        find_linears(layer, shared)
-        check_in_float64(layer)
-        add_values(layer, merged)
+    with torch.compiler.set_stance("force_eager"):  # a compiled graph runs no new hooks
+        run_once(patched, layers)
+        for layer in layers:
+            find_linears(layer, shared)
+            check_in_float64(layer)
+            add_values(layer, merged)
     give_biases(model, merged)
     return merged

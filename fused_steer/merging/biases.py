@@ -59,6 +59,7 @@ def _built_with(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
         setattr(text_config(config), name, value)
     built_as: Any = type(model)
     try:
+        type(config).from_dict(config.to_dict())  # what reads the checkpoint checks more than what sets an option
         with torch.device("meta"):
             built = built_as(config)
     except Exception:  # an option that does not go with the others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,7 +57,8 @@ def _error_in_float64(found: ShiftedLayer) -> float:
     ratios: list[float] = []
     with _steered_by_hooks(found, layer, 1.0, ratios):
         layer(*args, **kwargs)
-    if ratios and max(ratios) > 0:
+    ratios = [ratio for ratio in ratios if 0 < ratio < math.inf]  # a sublayer of zeros, as of a new block, has none
+    if ratios:
         factor = 1.0 / max(ratios)
     base = _hidden(layer(*args, **kwargs))
     with _steered_by_hooks(found, layer, factor, []):
@@ -66,7 +68,7 @@ def _error_in_float64(found: ShiftedLayer) -> float:
         module.weight = nn.Parameter(weight.T if is_transposed(module) else weight)
         module.bias = nn.Parameter(bias)
     error, shift = (_hidden(layer(*args, **kwargs)) - steered).norm(), (steered - base).norm()
-    return float(error / shift)
+    return float(error / shift) if error else 0.0  # both are 0 where zeros hide the shift
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ class Merged:
     def written(self) -> Iterator[None]:
         """Write the weights into the model, which is unpatched inside. An exception there takes them out again."""
         undo: list[Callable[[], None]] = []
+        new: list[Any] = []
         try:
             for option in self.options:
                 undo.append(_setting(self.config, option, getattr(self.config, option)))
@@ -51,11 +52,12 @@ class Merged:
                 if there is None:
                     undo.append(_setting(module, "bias", None))
                     module.bias = nn.Parameter(bias)
+                    new.append(module)
                 else:
                     undo.append(_setting(there, "data", there.data))
                     there.data = bias
             yield
-            for module in self.biases:
+            for module in new:  # the others train, or not, as before `patch_model`
                 module.bias.requires_grad_(module.weight.requires_grad)
         except BaseException:
             for step in reversed(undo):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from faults import lines_of, raise_at
 from models import LAYERS, build, logits, randomize, refused, tokens
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fused_steer import SteerConfig, patch_model
 from fused_steer.steering import Steering
+from fused_steer.tools import coverage
 
 LINEAR = {"rank": 4, "activation": "identity"}
 FORMS = {
@@ -244,3 +245,60 @@ def test_a_merged_model_can_be_steered_again():
     assert len(model.steering.report()) == LAYERS and torch.allclose(logits(model), want, atol=1e-4)
     model(tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.steering.parameters())
+
+
+def test_biases_train_afterwards_as_before_patching():
+    """A new one as its weight does."""
+    for family in ("gpt2", "llama"):
+        model = build(family)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.endswith("bias") if family == "gpt2" else "layers.1" in name
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        steered(model=model, **FORMS["vector"]).steering.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            like = name if name in trained else name.replace(".bias", ".weight")
+            assert parameter.requires_grad == trained[like], name
+
+
+def test_the_model_is_returned_without_the_wrapper_of_a_merged_lora(tmp_path):
+    """The wrapper would save an empty adapter in place of the merged model."""
+    wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    steered(model=wrapped, **FORMS["post_mlp"])
+    model = wrapped.merge_and_unload()
+    assert model.steering.merge_and_unload() is model is not wrapped
+
+
+def test_the_wrapper_of_soft_prompts_is_returned():
+    wrapped = get_peft_model(build(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = steered(model=wrapped, **FORMS["post_mlp"])
+    want = logits(model)
+    assert model.steering.merge_and_unload() is wrapped
+    assert torch.allclose(logits(wrapped), want, atol=1e-4)
+
+
+def test_a_compiled_layer_is_merged():
+    """A compiled graph runs no hooks that were added afterwards."""
+    model = steered(**FORMS["post_mlp"])
+    model.model.layers[0].compile(backend="eager")
+    base, want = logits(build()), logits(model)
+    model.steering.merge_and_unload()
+    assert error(model, want, base) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["post_attention", "post_mlp", "pre_mlp", "biased"])
+def test_a_block_of_zeros_is_merged_into(form):
+    """Blocks that are added to a model start with zeros, in which the shift may not show."""
+    model = build()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        nn.init.zeros_(model.model.layers[1].get_submodule(name).weight)
+    base, model = logits(model), steered(model=model, **FORMS[form])
+    want = logits(model)
+    model.steering.merge_and_unload()
+    assert error(model, want, base) < 1e-4
+
+
+def test_an_option_that_the_config_refuses_when_it_is_read_is_not_set():
+    model = coverage.build("internlm3").eval()
+    with refused(ValueError, "no option of InternLM3Config", model=steered(model=model, **FORMS["vector"])):
+        model.steering.merge_and_unload()
+    assert not model.config.bias
