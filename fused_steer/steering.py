@@ -617,10 +617,11 @@ class Steering:
         checkpoint, which costs nothing more to run. Weights hold what is linear: vectors at any site, and low ranks
         with φ = identity, and LoReFT, at post_mlp, pre_mlp and post_attention; at all positions. If a linear layer has
         no bias and the shift needs one, an option of the model's config (such as Llama's `mlp_bias`) becomes True. The
-        other adapters are lost.
+        other adapters are lost. PEFT's wrapper of a LoRA that was merged before is not returned.
 
         Raises:
-            ValueError: no adapter is active, the active one or the model cannot be merged (docs/merging.md), or FSDP or
+            KeyError: no adapter is active.
+            ValueError: the active adapter or the model cannot be merged (docs/merging.md), or FSDP or
                 ZeRO has sharded the model. Nothing is changed.
             RuntimeError: a batch is running, steering is disabled, or the model runs in another thread.
 
