@@ -83,6 +83,7 @@ The map, in reading order. A file imports only files that stand above it.
     joint.py             LoRA and steering: parameter groups, save_joint, load_joint
     tools/               the command's verbs
         listops.py       the demo's task
+        loading.py       loads models and tokenizers for commands
         sources.py       adapters that a command is given: names, and steering, LoRA or both
         variants.py      loads several adapters into one model and switches between them
         prompts.py       read prompts from files, batches of their tokens, and their room in a model

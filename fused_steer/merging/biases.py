@@ -54,7 +54,7 @@ def give_biases(model: nn.Module, merged: Merged) -> None:
 
 def _built_with(model: nn.Module, options: Mapping[str, Any]) -> set[str]:
     """Return the names of the parameters of a model of this class and config, with some options changed."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for name, value in options.items():
         setattr(text_config(config), name, value)
     built_as: Any = type(model)

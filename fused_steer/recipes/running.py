@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import refuse_foreign
 from ..adapters.hub import CARD_NAME, model_card
@@ -26,6 +25,7 @@ from ..diagnostics.figures import check_matplotlib
 from ..joint import lora_parameters, refuse_adapter_beside, save_joint, steering_parameters
 from ..model.decoder import find_decoder, meta_model, refuse_adapter
 from ..patch import patch_model
+from ..tools.loading import load_causal, load_tokenizer
 from ..tools.prompts import encode, refuse_long_texts, room_of, templated
 from .figures import draw_losses, draw_shifts
 from .recipe import Recipe, Training
@@ -383,20 +383,16 @@ def _load(recipe: Recipe, chats: bool) -> tuple[Any, Any]:
     Raises:
         ValueError: the rows are chats, and the tokenizer has no chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if recipe.model is None:
         from ..tools.demo import load_smollm2
 
         return load_smollm2()
     gpu = torch.accelerator.is_available()
-    with loading(recipe.model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     if chats and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"the tokenizer of {recipe.model} has no chat template; expected one, as the rows are chats")
     dtype = torch.bfloat16 if gpu else torch.float32
-    with loading(recipe.model, "model"):
-        return refuse_long_texts(AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype)), tokenizer
+    return refuse_long_texts(load_causal(recipe.model, dtype)), tokenizer
 
 
 def _check_room(trainer: Any, most: int | None) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._hub_access import reaching_hub
 from ..adapters.fields import read_json
 from ..adapters.files import blaming, read_adapter, refuse_foreign, write_adapter
 from ..adapters.kinds import CONFIG_NAME, JOINT_NAME, LORA_TYPE, PEFT_TYPE, method_in
@@ -22,6 +21,7 @@ from ..config import SteerConfig, checked_choice
 from ..kernels import ACTIVATIONS
 from ..model.decoder import find_decoder, meta_model
 from ..patch import patch_model
+from ..tools.loading import load_causal
 from ..tools.prompts import encode, read_prompts, refuse_long_texts
 from ..tools.sources import check_parts, note_parts, parts_of
 from ..tools.variants import Variants
@@ -130,10 +130,7 @@ def load_tuned(options: FitOptions, kind: str | None, device: torch.device) -> A
     from ..tools.demo import load_model
 
     if kind is None:  # its tokenizer is not needed, and need not be saved beside it
-        from transformers import AutoModelForCausalLM
-
-        with reaching_hub(options.tuned, "model"):
-            whole = AutoModelForCausalLM.from_pretrained(options.tuned, dtype=torch.float32).eval()
+        whole = load_causal(options.tuned, torch.float32)
         return refuse_long_texts(whole).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model, _ = load_model(options.base, device)
     if kind == PEFT_TYPE:

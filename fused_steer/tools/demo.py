@@ -28,7 +28,6 @@ from rich.text import Text
 from torch import Tensor
 from tqdm import trange
 
-from .._hub_access import loading
 from .._version import __version__
 from ..adapters.files import WEIGHTS_NAME
 from ..adapters.saving import check_output, check_writable, save_figure, write_whole
@@ -37,6 +36,7 @@ from ..kernels import select_backend
 from ..model.decoder import refuse_adapter
 from ..patch import patch_model
 from .listops import Expression, Operation, check_task, distinct, evaluate, ignoring_brackets
+from .loading import load_causal, load_tokenizer
 from .prompts import refuse_long_texts
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -235,13 +235,8 @@ def load_model(source: str | None, device: torch.device) -> tuple[Any, Any]:
     if source is None:
         model, tokenizer = load_smollm2()
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         refuse_adapter(source)
-        with loading(source, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        with loading(source, "model"):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        tokenizer, model = load_tokenizer(source), load_causal(source, torch.float32)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-sequence token; expected one to end answers with")
     return refuse_long_texts(model).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16), tokenizer

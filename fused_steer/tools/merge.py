@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._hub_access import loading
 from ..adapters.files import read_adapter
 from ..adapters.saving import check_output, saving_folder
 from ..merging import check_mergeable
 from ..model.decoder import refuse_adapter
 from ..patch import patch_model
+from .loading import load_causal, load_tokenizer
 from .sources import check_parts, parts_of
 
 if TYPE_CHECKING:
@@ -74,20 +74,11 @@ def merge(
     if parts.steering is None:
         raise ValueError(f"{adapter} is a LoRA; expected steering (PEFT's merge_and_unload merges a LoRA)")
     check_mergeable(read_adapter(parts.steering).config, adapter)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     refuse_adapter(base)
     tokenizer: Any = None
     if not Path(base).is_dir() or any(any(Path(base).glob(name)) for name in _TOKENIZERS):
-        with loading(base, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    with loading(base, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    model, missing = loaded[0].eval(), sorted(loaded[1]["missing_keys"])
-    if missing:  # transformers draws them: the head of a classifier's checkpoint, or of a bare decoder's
-        raise ValueError(f"{base} has no {missing[0]}; expected all weights of a {type(model).__name__}")
+        tokenizer = load_tokenizer(base)
+    model = load_causal(base, dtype)
     for folder in parts.loras.values():
         from peft import PeftModel
 

@@ -18,6 +18,7 @@ from ..config import SteerConfig
 from ..model.decoder import find_decoder
 from ..patch import patch_model
 from ..positions import ALL
+from .loading import load_causal
 
 #: The size of a layer's shift, as a share of its hidden state's norm.
 DOSE = 0.25
@@ -66,11 +67,7 @@ class Verdict:
 
 def load(model: str, dtype: str, device: str) -> Any:
     """Load a causal language model."""
-    from transformers import AutoModelForCausalLM
-
-    with loading(model, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    return loaded.to(device).eval()
+    return load_causal(model, getattr(torch, dtype)).to(device)
 
 
 def dtype_of(model: str, dtype: str) -> str:
@@ -80,7 +77,7 @@ def dtype_of(model: str, dtype: str) -> str:
     from transformers import AutoConfig
 
     with loading(model, "model"):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     found = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return str(found).removeprefix("torch.")
 

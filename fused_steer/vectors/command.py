@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._hub_access import loading
 from ..adapters.files import refuse_foreign, write_adapter
 from ..adapters.saving import check_output, write_whole
 from ..config import checked_choice, checked_number
 from ..diagnostics.figures import check_matplotlib
 from ..model.decoder import find_decoder, meta_model
+from ..tools.loading import load_tokenizer
 from ..tools.prompts import encode, read_prompts
 from .directions import check_method
 from .extraction import Extraction, check_extraction, extract
@@ -140,13 +140,9 @@ def run(options: ExtractOptions, console: Console) -> None:
         return [*both, [*both[0], *both[1]] if others is None else encode(tokenizer, others, *size)]
 
     if options.model is not None:  # whatever can be refused before weights are loaded
-        from transformers import AutoTokenizer
-
         layout = find_decoder(meta_model(options.model)).layout
         check_extraction(layout, options.method, options.layers, options.scale, options.held_out, contrast.paired)
-        with loading(options.model, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
-        encoded(tokenizer)
+        encoded(load_tokenizer(options.model))
     model, tokenizer = load_model(options.model, device)
     positive, negative, texts = encoded(tokenizer)
     found = extract(
