@@ -32,6 +32,7 @@ The map, in reading order. A file imports only files that stand above it.
         watch.py         raises for a layer that ran unsteered; the report
         passes.py        LoReFT's rotations for one forward pass
         site.py          the site: the module in a layer that steers it
+        trial.py         runs a model once, to see what its layers do
         layer.py         patches and unpatches one layer
         following.py     finds the RMSNorm that reads a layer's output, and tells its kind
         norms.py         fuses the norms that follow steered layers into the steering

@@ -33,7 +33,7 @@ class Candidate:
     """A layout of one launch of the backward.
 
     Attributes:
-        form: the launch whose layout it is, "rows", "columns" or "finish". Or "chosen" or "packed": see above.
+        form: the launch that has this layout: "rows", "columns" or "finish"; or "chosen" or "packed", see above.
         rows, columns: of a block. "finish" has no rows.
         warps, stages: see `kernels/schedule.py`.
         parts: of the rows in "columns": programs on a multiprocessor, together with the blocks of columns.

@@ -111,7 +111,7 @@ def check_averaged(
 
 
 def check_averaged_in(site: nn.Module) -> None:
-    """`check_averaged` of a site whose adapters PEFT manages, in the site's own call.
+    """Refuse to train an adapter of PEFT's at a site if DDP does not average its gradients. Asked in the site's call.
 
     Raises:
         RuntimeError: an adapter that trains did not train when DDP wrapped the model.
@@ -128,7 +128,7 @@ _BY_PEFT = "PEFT's set_adapter or enable_adapters"
 
 
 def _averaged_by(ddp: Any) -> frozenset[int]:
-    """Return the ids of the parameters whose gradients a DistributedDataParallel averages."""
+    """Return which parameters have their gradients averaged by a DistributedDataParallel, as their ids."""
     found = _averaged.get(ddp)
     if found is None:
         buckets = ddp.reducer._get_zeros_like_grad_buckets()

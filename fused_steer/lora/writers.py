@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.decoder import execution_device
 from ..model.layer import own_class
 from ..model.residual import ResidualNotFound
 from ..model.site import Site
 from ..model.sublayers import matrices, mlp_in, parts_of
+from ..model.trial import run_trial
 from .layers import columns_of, is_lora
 
 #: Parts of the names of autograd nodes that mix features. The input of such a node does not itself enter the stream.
@@ -174,8 +174,6 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: int) -> dict[int, list[Writer]]:
     """Find the writers of each of `layers`, in the order of their calls, by one forward pass of two tokens.
 
-    Dropout is off during the pass. Training modes and the sites' counts are restored afterwards.
-
     Args:
         module: the model, or the part of it that takes token ids and runs the layers.
         layers: the layers to trace, by index.
@@ -184,31 +182,9 @@ def trace_writers(module: nn.Module, layers: Mapping[int, nn.Module], hidden: in
     Raises:
         ValueError: the pass failed or would change the model, or a layer's writers were not found.
     """
-    if hasattr(module, "set_attention_type"):
-        raise ValueError(
-            f"{type(module).__name__} changes its attention for good in a pass of two tokens; expected a model whose "
-            "modules that write into the residual stream can be found by such a pass"
-        )
     trace = _Trace(layers, hidden)
-    modes = [(m, m.training) for m in module.modules()]
-    counts = [(m, m.calls, m.backend) for m in module.modules() if isinstance(m, Site)]
-    device = execution_device(module)
-    try:
-        module.eval()
-        with trace.watching(), torch.enable_grad():
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-            module(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{type(module).__name__} failed on two tokens ({type(error).__name__}: {reason}); expected a forward pass "
-            "that shows which modules write into the residual stream"
-        ) from error
-    finally:
-        for m, training in modes:
-            m.training = training
-        for site, calls, backend in counts:
-            site.calls, site.backend = calls, backend
+    with trace.watching(), torch.enable_grad():
+        run_trial(module, [0, 0], "which modules write into the residual stream")
     found = {}
     for index, layer in layers.items():
         paths, reached = trace.writers(index)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.parameters import SITE
-from ..model.decoder import execution_device
 from ..model.patched import PatchedModel
 from ..model.residual import ResidualNotFound
-from ..model.site import Site
 from ..model.sublayers import find_in, parts_of
+from ..model.trial import in_eval, run_trial
 from .affine import Affine, in_float64
 
 #: The dtypes of weights that are merged into. Others are quantised.
@@ -62,27 +60,16 @@ def shifted_layers(patched: PatchedModel, name: str) -> list[ShiftedLayer]:
 
 
 def run_once(patched: PatchedModel, layers: Sequence[ShiftedLayer]) -> None:
-    """Run the decoder on eight tokens, and keep the calls of the layers. Training modes are restored."""
-    decoder = patched.decoder.model
-    counts = [(m, m.calls, m.backend) for m in decoder.modules() if isinstance(m, Site)]
+    """Run the model on eight tokens, and keep the calls of the layers."""
     handles = [
         layer.layer.register_forward_pre_hook(_keeps_call(layer), with_kwargs=True, prepend=True) for layer in layers
     ]
-    tokens = torch.arange(1, 9, device=execution_device(decoder))[None]
     try:
-        with torch.no_grad(), _in_eval(decoder):
-            decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{type(decoder).__name__} failed on eight tokens ({type(error).__name__}: {reason}); expected a forward "
-            "pass that shows where the adapter can be merged"
-        ) from error
+        with torch.no_grad():
+            run_trial(patched.decoder.model, range(1, 9), "where the adapter can be merged")
     finally:
         for handle in handles:
             handle.remove()
-        for site, calls, backend in counts:
-            site.calls, site.backend = calls, backend
     for layer in layers:
         if layer.call is None:
             raise ValueError(
@@ -116,7 +103,7 @@ def find_linears(found: ShiftedLayer, shared: set[nn.Module]) -> None:
         for name, module in found.layer.get_submodule(path).named_modules(prefix=path):
             handles.append(module.register_forward_hook(_keeps_tensors(seen, name), with_kwargs=True))
     try:
-        with torch.no_grad(), _in_eval(found.layer):
+        with torch.no_grad(), in_eval(found.layer):
             found.layer(*args, **kwargs)
     finally:
         for handle in handles:
@@ -180,17 +167,6 @@ def _check_linear(module: nn.Module, there: str, shared: bool) -> None:
         )
     if shared:
         raise ValueError(f"{there} has a weight that several modules share; expected one of its own, to be merged into")
-
-
-@contextlib.contextmanager
-def _in_eval(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def values_of(module: nn.Module) -> tuple[Tensor, Tensor]:
